@@ -17,6 +17,8 @@ import yaml
 from _pytest.nodeid import NodeId
 
 KINDS = ("ray", "vllm", "browser", "servers")
+_ONE_PROCESS = {"ray": "engines", "vllm": "engines"}
+"""Groups that one process runs one after the other: Ray may fail to start beside a vLLM engine that does."""
 _TESTS = Path(__file__).resolve().parent
 _FEW_S = 2.0
 """Groups without a budget of their own that take less are one line of the report."""
@@ -58,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.user_properties.append(("group", groups[item]))
         if config.getoption("loadgroup", False):
             # What xdist 3.8 does for its own mark; pytest 9.2 does not read the attribute that it sets.
-            item._id = NodeId.parse(f"{item.nodeid}@{groups[item]}")
+            process = _ONE_PROCESS.get(groups[item], groups[item])
+            item._id = NodeId.parse(f"{item.nodeid}@{process}")
 
 
 _taken: Counter[str] = Counter()

@@ -28,6 +28,10 @@ def test_plain(number):
 @pytest.mark.ray
 def test_with_ray():
     note("ray")
+
+@pytest.mark.vllm
+def test_with_vllm():
+    note("vllm")
 """
 
 
@@ -45,7 +49,10 @@ def test_the_tests_of_a_group_share_a_process(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     assert "| ray |" in done.stdout and "| all |" in done.stdout
     ran = [tuple(line.split()) for line in log.read_text().splitlines()]
-    assert len(ran) == 12 and len({process for _, process in ran}) == 2
+    assert len(ran) == 15 and len({process for _, process in ran}) == 2
+    engines = [(name, process) for name, process in ran if name in ("ray", "vllm")]
+    assert len({process for _, process in engines}) == 1, "Ray is not started beside a vLLM engine"
+    assert [name for name, _ in engines] == ["ray"] * 3 + ["vllm"] * 3
     assert [len({process for name, process in ran if name == group}) for group in ("ray", *names)] == [1] * 4
     begins = dict(reversed([(process, name) for name, process in ran]))
     assert "ray" in begins.values(), "the group with the largest budget comes first"
