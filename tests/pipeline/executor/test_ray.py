@@ -53,6 +53,14 @@ class TestRay(Conformance):
             engine, sources, tmp_path
         )
 
+    @pytest.mark.soak
+    def test_each_region_is_asked_about_once_and_other_thresholds_load_no_model(
+        self, engine, sources, reference, tmp_path
+    ):
+        super().test_each_region_is_asked_about_once_and_other_thresholds_load_no_model(
+            engine, sources, reference, tmp_path
+        )
+
 
 # Deaths and a hang.
 
