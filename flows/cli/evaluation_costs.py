@@ -159,7 +159,11 @@ def _totals(costs: list[Cost]) -> str:
     ):
         known = [value for cost in some if (value := getattr(cost, field)) is not None]
         if some:
-            left = f" (not known of {len(some) - len(known)} of {len(some)} rows)" if len(known) < len(some) else ""
+            left = (
+                f" (not known of {len(some) - len(known)} of {len(some)} rows)"
+                if len(known) < len(some)
+                else ""
+            )
             parts.append(f"{sum(known):,} {title}{left}" if known else f"{title}: not known")
     return "together: " + ", ".join(parts)
 

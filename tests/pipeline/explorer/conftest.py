@@ -1,6 +1,5 @@
 """One corpus and one server for all tests of the explorer; a browser where there is one."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from starlette.testclient import TestClient
 from paracaption.pipeline.explorer.app import make_app
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.context import Explorer
+from tests.chromium import browser as browser
 from tests.pipeline.explorer import corpus, runs
-
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +44,3 @@ def address(out, run, tmp_path_factory):
     out = shutil.copytree(out, tmp_path_factory.mktemp("served") / "out")
     with corpus.serving(out, "--run", str(run)) as printed:
         yield printed.removesuffix("/")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Ends with its file: while it runs, nothing else in this process can run an event loop."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"no browser at {CHROMIUM}; install Debian's chromium, or name one in $CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
