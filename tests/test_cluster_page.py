@@ -150,7 +150,7 @@ class Head:
     """A Ray with its dashboard, started by the page's command; jobs are sent by the page's commands."""
 
     def __init__(self, folder: Path):
-        self.port, self.dashboard = free_ports(2)
+        self.port, self.dashboard, agent = free_ports(3)
         self.temporary = tempfile.mkdtemp(prefix="rj-")
         bin_folder = Path(sys.executable).parent
         self.env = {
@@ -166,6 +166,7 @@ class Head:
         (start,) = [line for line in bash_lines() if line.startswith("ray start --head")]
         command = start.replace("6379", str(self.port))
         command += f" --dashboard-port {self.dashboard} --temp-dir {self.temporary} --num-cpus 4 --block"
+        command += f" --dashboard-agent-listen-port {agent}"  # where another Ray has the usual one, none takes jobs
         self.log = open(folder / "head.log", "wb")
         self.process = subprocess.Popen(shlex.split(command), env=self.env, stdout=self.log, stderr=self.log)
 
