@@ -392,8 +392,8 @@ class _Facts(NamedTuple):
     """It launches nothing, as a view of what it was given."""
     is_in_place: bool
     """All that it returns was given to it."""
-    written: list[tuple[int, str | None]]
-    """The arguments that it writes into: the place of each, and the name of one that is given by name."""
+    written: list[tuple[int, str]]
+    """The arguments that it writes into: the place and the name of each."""
 
 
 @cache
@@ -407,7 +407,7 @@ def _facts_of(func: Any) -> _Facts:
         name in _FREE or any(alias is not None and not alias.is_write for alias in aliases),
         bool(aliases) and all(alias is not None and alias.is_write for alias in aliases),
         [
-            (place, argument.name if argument.kwarg_only else None)
+            (place, argument.name)
             for place, argument in enumerate(schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ],
@@ -418,10 +418,7 @@ def _returned(facts: _Facts, args: Any, kwargs: dict[str, Any], result: Any) -> 
     """The result, its tensors on the device; what an operation writes into is returned as it was given."""
     outputs = list(result) if isinstance(result, tuple | list) else [result]
     if facts.is_in_place:
-        outputs = [
-            args[place] if name is None and place < len(args) else kwargs.get(name or "")
-            for place, name in facts.written
-        ]
+        outputs = [args[place] if place < len(args) else kwargs.get(name) for place, name in facts.written]
     else:
         outputs = [PretendTensor(each) if isinstance(each, Tensor) else each for each in outputs]
     return type(result)(outputs) if isinstance(result, tuple | list) else outputs[0] if outputs else None
