@@ -10,7 +10,7 @@ import jinja2
 from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
-from ...schemas.config import BuildConfig
+from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import ConfigError, IntegrityError
 from ..io import figure
 from ..io.confined import confine
@@ -56,7 +56,11 @@ class Explorer:
         urls: bool = False,
     ):
         self.catalog = Catalog(out)
-        self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels, outside, urls)
+        try:
+            limits = self.config.limits
+        except IntegrityError:  # its pages say so, and photos can be shown all the same
+            limits = Limits()
+        self.pictures = Pictures(self.catalog, shards, limits.max_pixels, outside, urls)
         self.reviews = Reviews(self.catalog)
         self.run = None if run is None else Path(run)
         if self.run is not None:

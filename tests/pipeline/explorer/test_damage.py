@@ -1,5 +1,6 @@
 """Damaged and older ledgers are a page that says so, never an error of the server."""
 
+import re
 import shutil
 
 import pyarrow as pa
@@ -20,7 +21,8 @@ def statuses(out, pages=PAGES):
     answers = {page: client.get(page) for page in pages}
     for page, answer in answers.items():
         if answer.status_code == 409:
-            assert "This cannot be shown" in answer.text and "verify" in answer.text, page
+            assert "This cannot be shown" in answer.text, page
+            assert re.search("`paracaption (verify|build)", answer.text), answer.text[-500:]
     return {page: answer.status_code for page, answer in answers.items()}
 
 
@@ -48,11 +50,21 @@ def test_a_changed_byte_of_a_ledger_is_a_page_that_says_so(copy):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["coconut/ledger/coconut-000000.parquet", "index.parquet", "config.yaml"])
-def test_any_changed_byte_is_a_page_that_says_so(copy, name):
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("coconut/ledger/coconut-000000.parquet", 200), ("index.parquet", 200), ("config.yaml", 50)],
+)
+def test_any_changed_byte_is_a_page_that_says_so(copy, name, places):
     path = copy / name
     size = path.stat().st_size
-    assert flip(path, range(0, size, size // 200), copy, PAGES) <= {200, 404, 409}
+    assert flip(path, range(0, size, size // places), copy, PAGES) <= {200, 404, 409}
+
+
+def test_a_damaged_configuration_is_a_page_that_says_so(copy):
+    (copy / "config.yaml").write_bytes(b"\x90" + (copy / "config.yaml").read_bytes())
+    found = statuses(copy)
+    assert found["/whatif"] == 409 and found["/thumb/coconut/000000000000?r=1"] == 200
+    assert set(found.values()) <= {200, 409}
 
 
 def test_ledgers_without_any_of_the_scores_are_shown(copy):
