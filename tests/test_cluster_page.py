@@ -166,7 +166,7 @@ class Head:
         (start,) = [line for line in bash_lines() if line.startswith("ray start --head")]
         command = start.replace("6379", str(self.port))
         command += f" --dashboard-port {self.dashboard} --temp-dir {self.temporary} --num-cpus 4 --block"
-        command += f" --dashboard-agent-listen-port {agent}"  # where another Ray has the usual one, none takes jobs
+        command += f" --dashboard-agent-listen-port {agent}"  # another Ray here may have the usual one
         self.log = open(folder / "head.log", "wb")
         self.process = subprocess.Popen(shlex.split(command), env=self.env, stdout=self.log, stderr=self.log)
 

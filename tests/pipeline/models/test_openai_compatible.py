@@ -495,11 +495,11 @@ def test_a_real_server_refuses_what_is_wrong(served, monkeypatch, caplog):
     long, short = OpenAIJudge(**options).ask([Question("verify", "dog " * 2000, "dog"), QUESTIONS[0]])
     assert isinstance(long, BadRecord) and long.reason is Reason.MODEL_ERROR and "HTTP 400" in long.detail
     assert isinstance(short, Answer)
-    with pytest.raises(StageFailed, match="does not know .* the model 'large'.* Valid aliases: tiny"):
+    with pytest.raises(StageFailed, match=r"does not know .* the model 'large'.* Valid aliases: tiny"):
         OpenAIJudge(**{**options, "model": "large"}).ask(QUESTIONS[:1])
     monkeypatch.setenv("TINY_KEY", "sk-wrong")
-    with pytest.raises(StageFailed, match="refuses a key .*; correct the key in TINY_KEY"):
+    with pytest.raises(StageFailed, match=r"refuses a key .*; correct the key in TINY_KEY"):
         OpenAIJudge(**options).ask(QUESTIONS[:1])
-    with pytest.raises(ConfigError, match="refuses a key .*; correct the key in TINY_KEY"):
+    with pytest.raises(ConfigError, match=r"refuses a key .*; correct the key in TINY_KEY"):
         OpenAIJudge.check(**options)
     assert not [record for record in caplog.records if KEY in record.getMessage()]
