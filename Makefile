@@ -21,7 +21,7 @@ test-fast: .venv/dev  ## without the slow ones
 	$(PYTEST) $(TWICE) -m "not slow and not soak and not servers" $(ONLY)
 
 soak: .venv/dev .venv/lmms/done  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
-	$(PYTEST) -m "soak and not servers" $(ONLY)
+	$(PYTEST) $(TWICE) -m "soak and not servers" $(ONLY)
 
 servers: .venv/dev  ## on real object stores (moto, ministack, azurite); the first run installs them with uv and npm
 	$(PYTEST) -m servers $(ONLY)
