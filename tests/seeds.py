@@ -1,4 +1,4 @@
-"""How many of their seeds the long random tests of `make soak` try; $PARACAPTION_SEEDS is the share, 1 for all."""
+"""How many of their seeds the long random tests of `make soak` try: $PARACAPTION_SEEDS, 1 for all of them."""
 
 import os
 

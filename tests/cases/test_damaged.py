@@ -1,4 +1,4 @@
-"""Sources that are damaged by chance; see `damaged`. In `make soak` 2,000 seeds, or a share of them (tests/seeds.py)."""
+"""Sources that are damaged by chance; see `damaged`. In `make soak` some of 2,000 seeds (tests/seeds.py)."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Readers and backends' answers by chance; see `fuzz`. In `make test` 50 inputs, in `make soak` 20,000, or a share of them."""
+"""Readers and answers by chance; see `fuzz`. In `make test` 50 inputs, in `make soak` a share of 20,000."""
 
 import subprocess
 import sys
