@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
 LEASE_S = 0.6
 DONE, BUSY, FENCED = 0, 3, 5
 
-ROUNDS = int(os.environ.get("PARACAPTION_DUELS", "50"))
+ROUNDS = int(os.environ.get("PARACAPTION_DUELS", "25"))
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,7 @@ def test_drivers_against_each_other_commit_each_unit_once(tmp_path, source, undi
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_many_rounds_of_drivers_against_each_other(tmp_path, source, undisturbed, capsys):
     did = duels(tmp_path, source, undisturbed, range(100, 100 + ROUNDS))
     with capsys.disabled():
