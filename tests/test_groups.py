@@ -58,6 +58,7 @@ def test_the_tests_of_a_group_share_a_process(tmp_path):
     assert "ray" in begins.values(), "the group with the largest budget comes first"
 
 
+@pytest.mark.soak
 def test_the_first_cases_of_a_test_are_kept_from_the_soak(tmp_path):
     lines = ["import pytest", "@pytest.mark.parametrize('n', range(5))", "@pytest.mark.soak(keep=2)"]
     lines += ["def test_some(n):", "    pass", "@pytest.mark.soak", "def test_none():", "    pass"]

@@ -85,6 +85,7 @@ def come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gone", [move_away, unmount])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.soak(keep=3)
 def test_a_source_that_goes_away_in_mid_build_is_not_committed_and_heals_by_itself(tmp_path, kind, gone):
     config = config_for(tmp_path, kind)
     with pytest.raises(
@@ -275,6 +276,7 @@ def looser(config):
     return config.model_copy(update={"text": config.text.model_copy(update={"min_words": 4})})
 
 
+@pytest.mark.soak
 def test_photos_that_are_away_come_from_the_committed_shard(tmp_path):
     config = config_for(tmp_path)
     build(config)
@@ -306,6 +308,7 @@ def test_a_redo_that_would_lose_what_is_committed_is_held_back(tmp_path, monkeyp
     assert len({each.recipe for each in manifests(tmp_path / "out")}) == 1
 
 
+@pytest.mark.soak
 def test_a_retry_for_one_photo_while_others_are_away_loses_none(tmp_path):
     source = write_source("coconut", tmp_path / "src", 4)
     missing = tmp_path / "src/photos/000000000000.jpg"

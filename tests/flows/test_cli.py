@@ -98,6 +98,7 @@ def test_what_is_suggested_next_has_the_same_changes(tmp_path):
         assert f"paracaption {command} {config} --set out={tmp_path}/other" in text
 
 
+@pytest.mark.soak
 def test_every_option_is_named_in_full_on_a_narrow_terminal_and_a_flag_takes_no_value():
     commands = get_command(app).commands
     for group in ("models", "benchmark"):
@@ -204,6 +205,7 @@ def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
         ({"coconut": []}, "name at least one source"),
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_a_wrong_configuration_is_one_line_with_file_and_key(tmp_path, release, change, message):
     path = written(tmp_path, {**release, **change})
     done = paracaption(tmp_path, "build", path)
@@ -320,6 +322,7 @@ def test_verify_of_a_damaged_corpus_exits_with_1_and_names_the_file(demo, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp_path):
     out, _ = demo
     before = (out / "index.parquet").read_bytes()

@@ -205,6 +205,7 @@ def test_the_schemas_of_training_and_evaluation_take_our_configurations(option, 
     assert paths and all(check(yaml.safe_load(path.read_text())) for path in paths)
 
 
+@pytest.mark.soak
 def test_commands_print_json(clone, monkeypatch):
     monkeypatch.chdir(clone)
 

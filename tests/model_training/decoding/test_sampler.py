@@ -83,7 +83,7 @@ def test_end_of_text_is_kept_last_as_the_plain_decoder_says(layout, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [8, 10, 12, 50])
-@pytest.mark.soak(keep=4)
+@pytest.mark.soak(keep=2)
 def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_choose(
     strategy, layout, scale
 ):
@@ -132,7 +132,7 @@ BATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [7, 2, 5], [2, 2, 4, 0]]
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("layout", "cache"), [*CASES, ("reference", "approximate")])
-@pytest.mark.soak(keep=4)
+@pytest.mark.soak(keep=2)
 def test_one_to_eight_images_of_one_to_nine_regions_together_are_as_each_by_itself(layout, cache, strategy):
     model, _ = ready(layout)
     options = options_of(strategy, cache=cache, refresh_every=2, steps=2 if strategy == "sequential" else 3)

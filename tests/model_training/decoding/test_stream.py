@@ -40,6 +40,7 @@ def test_a_stream_gives_each_sequence_the_tokens_that_it_has_alone(layout, seed)
 
 
 @pytest.mark.parametrize(("layout", "seed"), [("corrected", 225), ("reference", 222)])
+@pytest.mark.soak(keep=1)
 def test_a_row_that_was_dropped_from_the_cache_and_filled_again_is_told_from_the_others(layout, seed):
     check(Decoder(model_of(layout)[0]), layout, seed, count=24, num_rows=6)
 

@@ -45,6 +45,7 @@ def test_scenes_are_the_corpus(world):
 
 
 @pytest.mark.parametrize("together", [None, 1])
+@pytest.mark.soak(keep=1)
 def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, tmp_path, together):
     asked = Evaluation(
         corpus=str(world),

@@ -46,6 +46,7 @@ def straight(corpus, tmp_path_factory):
     return run
 
 
+@pytest.mark.soak
 def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, straight, tmp_path):
     run = tmp_path / "run"
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})

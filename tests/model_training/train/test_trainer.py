@@ -165,6 +165,7 @@ def test_the_average_follows_the_weights(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.soak(keep=1)
 def test_the_model_is_saved_as_transformers_saves_it_and_its_config_says_the_type(corpus, tmp_path, dtype):
     fit(config_of(tmp_path / "first", corpus, steps=1, export_dtype="bfloat16"))
     start = {"path": str(tmp_path / "first" / "model")}
@@ -178,6 +179,7 @@ def test_the_model_is_saved_as_transformers_saves_it_and_its_config_says_the_typ
     assert first == second
 
 
+@pytest.mark.soak
 def test_only_additions_are_trained_and_they_are_merged_into_the_file(corpus, tmp_path):
     rates = {"vision": 0, "projector": 0, "language": 1e-2, "prompts": 0}
     config = config_of(
@@ -302,6 +304,7 @@ def test_a_saved_model_can_be_given_other_tiles(corpus, tmp_path):
     assert (model.config.max_tiles, processor.config.max_tiles) == (4, 4)
 
 
+@pytest.mark.soak
 def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
     fit(config_of(tmp_path / "both", corpus, steps=3, precision="bfloat16", activation_checkpointing=True))

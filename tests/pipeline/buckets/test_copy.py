@@ -109,6 +109,7 @@ def test_a_bucket_is_copied_to_a_bucket_with_its_names(folder_corpus, places):
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])
+@pytest.mark.soak(keep=1)
 def test_a_copy_goes_back_to_earlier_versions(kind, folder_corpus, places):
     to = places[kind]
     copying.copy(folder_corpus, to)
@@ -132,7 +133,7 @@ def test_a_copy_is_built_on_without_asking_a_model_again(sources, folder_corpus,
 
 @pytest.mark.parametrize("kind", ["folder", "memory", "s3"])
 @pytest.mark.parametrize("from_bucket", [False, True])
-@pytest.mark.soak(keep=2)
+@pytest.mark.soak(keep=1)
 def test_a_copy_is_brought_up_to_date(kind, from_bucket, versions, places, tmp_path):
     to = places[kind]
     corpus = f"{places['memory']}-source" if from_bucket else str(tmp_path / "corpus")
@@ -164,7 +165,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.99])
-@pytest.mark.soak(keep=4)
+@pytest.mark.soak(keep=2)
 def test_a_copy_that_was_stopped_is_invisible_and_goes_on(kind, share, folder_corpus, places):
     to = places[kind]
 
@@ -217,6 +218,7 @@ def test_no_build_begins_where_a_copy_is_under_way(sources, folder_corpus, place
                 copying.copy(folder_corpus, to)
 
 
+@pytest.mark.soak
 def test_a_copy_over_a_failing_network_has_the_same_bytes(folder_corpus, faulty_s3, places):
     shares = {"503": 0.05, "500": 0.03, "lost_answer": 0.03, "reset": 0.03, "cut_body": 0.03}
     faulty_s3.set_faults(shares=shares, seed=7)
@@ -323,6 +325,7 @@ def test_reviews_that_were_made_in_a_copy_stay_there(kind, folder_corpus, places
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])
+@pytest.mark.soak(keep=1)
 def test_a_copy_that_was_killed_goes_on(kind, folder_corpus, places):
     to = places[kind]
     program = (
@@ -355,6 +358,7 @@ def test_a_corpus_of_a_release_without_a_log_is_copied_once_it_has_one(versions,
     assert content(places["folder"]) == content(versions[0])
 
 
+@pytest.mark.soak
 def test_a_long_log_is_copied_with_its_checkpoints(versions, places):
     corpus, to = places["memory"], f"{places['memory']}-copy"
     copying.copy(versions[0], corpus)

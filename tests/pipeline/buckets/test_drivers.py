@@ -248,6 +248,7 @@ def test_what_a_sweep_deletes_late_has_names_that_nobody_uses_again(faulty_s3):
 # Listings that lag.
 
 
+@pytest.mark.soak
 def test_a_subset_that_no_listing_shows_is_merged_and_read(faulty_s3, sources, tmp_path):
     faulty_s3.set_faults(late_listing_s=3600.0)
     build(sources, tmp_path)

@@ -152,6 +152,7 @@ def test_two_reviewers_at_the_same_time_lose_nothing(pair, monkeypatch):
     assert left == ["reviewed/review/marks.parquet"]
 
 
+@pytest.mark.soak
 def test_a_corpus_of_an_early_release_is_explored_where_it_was_uploaded(pair):
     for path in pair.folder.rglob("*"):
         name = path.relative_to(pair.folder).as_posix()

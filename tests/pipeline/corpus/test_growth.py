@@ -143,6 +143,7 @@ def test_a_new_image_never_takes_the_key_of_an_old_one(tmp_path):
     assert {path: committed(out)[path] for path in before} == before
 
 
+@pytest.mark.soak
 def test_a_list_that_is_named_before_the_old_one_names_its_images_again_and_they_count_once(tmp_path):
     root, out = tmp_path / "source", tmp_path / "out"
     old = named(root, "a", "b", listed="old.json")

@@ -99,6 +99,7 @@ def test_samples_keep_their_bytes_and_order_in_a_series_of_shards_per_split(out,
     assert all(path.stat().st_size <= SHARD_MB * 1e6 for path in repo.rglob("*.tar"))
 
 
+@pytest.mark.soak
 def test_a_sample_that_is_larger_than_a_shard_has_one_of_its_own(out, tmp_path):
     plan = hub_plan.plan_hub(out, shard_mb=0.001)
     assert {shard.images for shard in plan.shards} == {1}
@@ -225,6 +226,7 @@ def test_the_same_corpus_gives_the_same_bytes(out, repo, tmp_path):
     assert first == second
 
 
+@pytest.mark.soak
 def test_a_corpus_behind_a_url_gives_the_same_bytes(out, tmp_path):
     import fsspec
 
@@ -241,6 +243,7 @@ def test_a_corpus_behind_a_url_gives_the_same_bytes(out, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train"), ("held_out", "validation")])
+@pytest.mark.soak(keep=1)
 def test_one_split_alone_is_a_repository_too(out, tmp_path, split, name):
     hub.write_repository(hub.plan_repository(out, split), tmp_path / "repo")
     keys = {row["key"] for row in pq.read_table(tmp_path / "repo" / "index" / f"{name}.parquet").to_pylist()}
@@ -313,6 +316,7 @@ def count_shards_read(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("after", [1, 3, 6])
+@pytest.mark.soak(keep=1)
 def test_an_export_that_was_interrupted_keeps_its_whole_shards_and_goes_on(
     out, repo, tmp_path, monkeypatch, after
 ):
@@ -361,6 +365,7 @@ def test_a_kept_shard_that_is_not_as_it_was_written_is_written_again(out, repo, 
 
 
 @pytest.mark.parametrize("other", ["options", "corpus"])
+@pytest.mark.soak(keep=1)
 def test_what_is_left_of_an_export_of_something_else_is_removed(out, repo, tmp_path, other):
     to, corpus = tmp_path / "repo", out
     interrupt(out, to, 4, energon=other == "corpus")

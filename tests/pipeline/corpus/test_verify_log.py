@@ -49,7 +49,7 @@ NAMED += tuple(
 
 
 @pytest.mark.parametrize("name", NAMED)
-@pytest.mark.soak(keep=2)
+@pytest.mark.soak(keep=1)
 def test_each_file_that_the_log_names_is_named_if_it_is_changed_cut_or_gone(out, name):
     path = out / name
     whole = path.read_bytes()
@@ -67,6 +67,7 @@ def test_each_file_that_the_log_names_is_named_if_it_is_changed_cut_or_gone(out,
     )
 
 
+@pytest.mark.soak
 def test_what_the_remedy_says_mends_a_damaged_configuration_card_and_plot(out):
     for name in ("README.md", "plots/funnel.png", "stats.json", "index.parquet"):
         (out / name).write_bytes(b"x" * (out / name).stat().st_size)
@@ -322,6 +323,7 @@ def test_a_json_member_of_many_nested_objects_is_a_problem(out):
 
 
 @pytest.mark.parametrize("text", ["a: !!bool x", "a: 2024-99-99", "[" * 5000, "\x00", "- 1"])
+@pytest.mark.soak(keep=2)
 def test_a_configuration_that_yaml_chokes_on_is_one_line(out, text):
     (out / "config.yaml").write_text(text)
     with pytest.raises(IntegrityError, match="run `paracaption build CONFIG` again"):

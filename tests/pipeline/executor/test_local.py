@@ -31,10 +31,6 @@ class TestLocal(Conformance):
     def engine(cls):
         return LocalEngine()
 
-    @pytest.mark.soak
-    def test_the_sample_by_the_embedded_backends_is_equal_to_the_last_byte(self, engine, tmp_path):
-        super().test_the_sample_by_the_embedded_backends_is_equal_to_the_last_byte(engine, tmp_path)
-
 
 @pytest.fixture(scope="module")
 def coconut(tmp_path_factory):

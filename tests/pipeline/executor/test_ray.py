@@ -38,6 +38,10 @@ class TestRay(Conformance):
         return RayEngine()
 
     @pytest.mark.soak
+    def test_the_sample_by_the_embedded_backends_is_equal_to_the_last_byte(self, engine, tmp_path):
+        super().test_the_sample_by_the_embedded_backends_is_equal_to_the_last_byte(engine, tmp_path)
+
+    @pytest.mark.soak
     def test_records_that_fail_are_dropped_with_their_errors_and_tried_again_on_request(
         self, engine, sources, reference, tmp_path
     ):
@@ -74,6 +78,7 @@ def test_an_image_that_kills_its_worker_is_dropped_and_the_rest_finishes(engine,
     assert not (tmp_path / "out" / "coconut" / "journal").exists()
 
 
+@pytest.mark.soak
 def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
     mark = tmp_path / "died"
     config = config_of(

@@ -96,6 +96,7 @@ def test_an_answer_that_nobody_takes_is_given_up(port):
     assert taken < 64 << 20
 
 
+@pytest.mark.soak
 def test_an_answer_may_take_longer_than_a_request(port):
     with socket.create_connection(("127.0.0.1", port)) as opened:
         opened.settimeout(10)

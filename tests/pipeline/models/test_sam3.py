@@ -156,6 +156,7 @@ def test_a_phrase_is_read_once_for_all_images_and_its_answers_stay_the_same(chec
     assert_equal(segment(make(checkpoint), PHRASES[::-1])[::-1], first)
 
 
+@pytest.mark.soak
 def test_the_phrases_kept_are_the_last_used_ones(checkpoint):
     segmenter = make(checkpoint, phrase_cache=2)
     expected = segment(segmenter, PHRASES)
@@ -221,6 +222,7 @@ def test_memory_that_runs_out_halves_the_phrases_and_changes_nothing(checkpoint,
         segment(short, ["cat"])
 
 
+@pytest.mark.soak
 def test_bfloat16_is_close(checkpoint, segmenter):
     exact = segment(segmenter, ["cat"])[0]
     close = segment(make(checkpoint, dtype="bfloat16"), ["cat"])[0]
@@ -305,6 +307,7 @@ def test_another_models_folder_is_named(copy):
 
 
 @pytest.mark.parametrize("names", [["processor_config.json"], ["tokenizer.json", "vocab.json", "merges.txt"]])
+@pytest.mark.soak(keep=1)
 def test_a_folder_without_processor_or_tokenizer_is_named(copy, names):
     for name in names:
         (copy / name).unlink()

@@ -228,6 +228,7 @@ def test_a_build_that_is_killed_while_masks_are_made_resumes_and_is_equal_to_the
     assert committed(tmp_path / "out") == committed(built / "out")
 
 
+@pytest.mark.soak
 def test_a_photo_that_kills_its_worker_is_dropped(tmp_path):
     config = configured(
         tmp_path, generator={"misbehave": {"5": "die"}}, batch_images=1, failures={"crash_attempts": 1}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paracaption.pipeline.executor.estimate.allocate import balance
 
 
+@pytest.mark.soak
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_other_allocation_is_faster(data):
