@@ -14,7 +14,7 @@ TWICE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
-test: .venv/dev  ## all tests but soak and servers, in about nine minutes; `make test ONLY=tests/flows` for a part
+test: .venv/dev  ## all tests but soak and servers, in about ten minutes; `make test ONLY=tests/flows` for a part
 	$(PYTEST) $(TWICE) $(ONLY)
 
 test-fast: .venv/dev  ## without the slow ones
