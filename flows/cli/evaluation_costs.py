@@ -159,11 +159,8 @@ def _totals(costs: list[Cost]) -> str:
     ):
         known = [value for cost in some if (value := getattr(cost, field)) is not None]
         if some:
-            left = (
-                f" (not known of {len(some) - len(known)} of {len(some)} rows)"
-                if len(known) < len(some)
-                else ""
-            )
+            unknown = len(some) - len(known)
+            left = f" (not known of {unknown} of {len(some)} rows)" if unknown else ""
             parts.append(f"{sum(known):,} {title}{left}" if known else f"{title}: not known")
     return "together: " + ", ".join(parts)
 
